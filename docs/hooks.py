@@ -56,7 +56,7 @@ def block(text: str) -> str:
 def recipes() -> str:
     """Each file of recipes/: its first comment as text, then the file."""
     parts = []
-    for path in sorted((ROOT / "recipes").glob("*.yaml")):
+    for path in sorted((ROOT / "recipes").glob("*.yaml"), key=lambda path: path.stem):
         comment, body = [], path.read_text().splitlines()
         while body and body[0].startswith("#"):
             comment.append(body.pop(0).removeprefix("#").strip())

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 ACCEPTABLE = {
     "architecture": "another architecture, or another number of layers",
+    "adapter-base": "adapters of one formula that were trained on different models",
     "rope": "another base or trained scaling of rotary positions",
     "rope-scaling": "scaling of rotary positions for long inputs in only some models",
     "heads": "other attention heads of the same shapes",

@@ -19,7 +19,7 @@ from skillmerge.methods.terms import Leaf, Term, degree, is_zero, model_of
 from skillmerge.plans.accounting import Problem, account_tensors, copy_rules
 from skillmerge.plans.adapters.planning import plan_adapter
 from skillmerge.plans.advice.heads import driven_apart, stored_heads
-from skillmerge.plans.advice.oddities import oddities, of_other_layers, ramps_over_adapters, unlike_bases
+from skillmerge.plans.advice.oddities import oddities, ramps_over_adapters, shallow_adapters, unlike_bases
 from skillmerge.plans.advice.shares import Shares, ignored_tensors, shares_of
 from skillmerge.plans.compare.found import Compared
 from skillmerge.plans.compare.models import NOTHING, Comparison, compare_models, unsettled
@@ -32,10 +32,9 @@ from skillmerge.plans.models.experts import Row, Run, all_of_them, by_tensor, ru
 from skillmerge.plans.plan import InputFile, InputPlan, Plan, ShardPlan, TensorPlan, sealed
 from skillmerge.plans.side_files import SideFile, collect, index_bytes
 from skillmerge.plans.vocabulary.by_token import vocabulary_of
-from skillmerge.recipes.formula.parser import grouped
 from skillmerge.recipes.formula.tree import ExpressionError
 from skillmerge.recipes.lint import remarks
-from skillmerge.recipes.recipe import Recipe, unclear_donor
+from skillmerge.recipes.recipe import Recipe, one_model_meant, unclear_donor
 from skillmerge.remarks import Remark, warning
 from skillmerge.tensors import DTYPES, TensorSpec
 
@@ -102,7 +101,7 @@ def _adapter_plan(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Plan
             ties=(),
             problems=(),
             notes=(),
-            warnings=tuple(_of_models(recipe, checkpoints)),
+            warnings=tuple(it for it in _of_models(recipe, checkpoints) if it.name not in recipe.accept),
             **made,
             **_inputs(recipe, checkpoints, made["tensors"]),
         )
@@ -135,13 +134,7 @@ def _degree_term(recipe: Recipe, values: Mapping[str, float], tensor: str) -> Te
         asked = ", ".join(f"{name} = {value:g}" for name, value in values.items())
         at = f"for tensor `{tensor}`" + (f" (with {asked})" if asked else "")
         what = f"gives {found:g} models' worth of weights" if found != 0 else "gives a difference, not a model,"
-        fix: dict[float, str] = {
-            0: "add it to a model: target + lam * (rl - sft); or store it with `output: {kind: skill}`",
-            2: "did you mean the average, (a + b) / 2?",
-        }
-        meant = grouped(str(recipe.document.data["merge"]), recipe.models)
-        advice = meant or fix.get(found, "the factors must add up to 1")
-        raise recipe.error(("merge",), f"the expression {what} {at}", advice)
+        raise recipe.error(("merge",), f"the expression {what} {at}", one_model_meant(recipe, found))
     return term
 
 
@@ -218,6 +211,7 @@ def _warnings(
 ) -> Iterator[Remark]:
     """Yield warnings about what the recipe does."""
     yield from _of_models(recipe, checkpoints)
+    yield from shallow_adapters(recipe, checkpoints)
     yield from levelled(recipe, donor, wanted)
     if not recipe.makes_skill:
         yield from driven_apart(donor, tensors)
@@ -230,7 +224,6 @@ def _of_models(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Iterato
         if doubt := checkpoints[name].at.doubt:
             yield warning(f"model `{name}`: {doubt}", "name the commit or the branch that you mean")
     yield from unlike_bases(recipe, checkpoints)
-    yield from of_other_layers(recipe, checkpoints)
     yield from ramps_over_adapters(recipe, checkpoints)
 
 

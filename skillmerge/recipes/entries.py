@@ -139,7 +139,7 @@ def check_models(document: Document, table: RecipeTable, models: Mapping[str, En
         entry, place = models.get(normalise_name(written)), document.place(path)
         with mistakes:
             if entry is None:
-                fix = did_you_mean(written, list(models)) or f"models of this recipe: {', '.join(models)}"
+                fix = did_you_mean(written, list(models)) or _named_first(written, path, models)
                 raise document.error(f"`{written}` is not a model of this recipe", place, fix)
             if whole and entry.is_difference:
                 kind = "an adapter" if entry.kind == "adapter" else "a skill"
@@ -152,6 +152,17 @@ def check_models(document: Document, table: RecipeTable, models: Mapping[str, En
         _refuse_circles(document, table, models)
     with mistakes:
         _refuse_circular_stacks(document, table, models)
+
+
+def _named_first(written: str, path: Path, models: Mapping[str, Entry]) -> str:
+    """Return what to do about a name that no model has."""
+    named = next((name for name, entry in models.items() if entry.place == written), None)
+    if named is not None:
+        return f"write its name: `{path[-1]}: {named}`"
+    others = ", ".join(name for name in models if name not in path)
+    if "/" not in written:
+        return f"models of this recipe: {others}"
+    return f"give it a name: add `NAME: {written}` under `models`, and write `{path[-1]}: NAME`"
 
 
 def _refuse_circles(document: Document, table: RecipeTable, models: Mapping[str, Entry]) -> None:
@@ -201,7 +212,7 @@ def _refuse_circular_stacks(document: Document, table: RecipeTable, models: Mapp
         else f"`{circle[0]}` is made of itself"
     )
     place = document.place(("models", written, "stack", index, "from"))
-    raise document.error(f"a stack cannot be made of itself: {way}", place, "name a model that is somewhere")
+    raise document.error(f"a stack cannot be made of itself: {way}", place, "make it of other models of the recipe")
 
 
 def _uses(table: RecipeTable) -> Iterator[tuple[Path, str, bool]]:

@@ -25,7 +25,7 @@ from skillmerge.recipes.formula.parser import grouped
 from skillmerge.recipes.formula.tree import ExpressionError, names_in, normalise_name
 from skillmerge.recipes.lint_rules import RULES, LintRule
 from skillmerge.recipes.parse import load
-from skillmerge.recipes.recipe import Recipe, unclear_donor, unused_names
+from skillmerge.recipes.recipe import Recipe, one_model_meant, unclear_donor, unused_names
 from skillmerge.recipes.source import RecipeSource, name_of
 from skillmerge.recipes.yamltext import Path as DataPath
 from skillmerge.remarks import Remark, warning
@@ -325,7 +325,7 @@ def _accidental(recipe: Recipe) -> Iterator[Finding]:
         for name in defaults:
             ones = {value for value, _ in _values(recipe, name)} == {1.0}
             if ones and degree(recipe.term({**defaults, name: 0.75})) not in recipe.degrees:
-                fix = grouped(str(recipe.document.data["merge"]), recipe.models) or "put the difference in parentheses"
+                fix = grouped(recipe.expression_text, recipe.models) or "put the difference in parentheses"
                 what = " or ".join({0: "a difference", 1: "one model"}[it] for it in recipe.degrees)
                 message = f"the expression is {what} only where `{name}` is 1"
                 yield _at(recipe, "accidental-model", ("merge",), message, fix)
@@ -376,10 +376,9 @@ def _not_one(recipe: Recipe, found: float) -> Finding:
         message, fix = f"{message}, and a skill is a difference", "write rl - sft"
     elif recipe.makes_adapter:
         fix = "an adapter is a difference, or one model with adapters on it: base + lam * v"
-    elif (meant_so := grouped(str(recipe.document.data["merge"]), recipe.models)) is not None:
-        fix = meant_so
-    elif found == 0:
-        message, fix = "the expression gives a difference, not a model", "add it to a model: target + lam * (rl - sft)"
+    else:
+        message = message if found != 0 else "the expression gives a difference, not a model"
+        fix = one_model_meant(recipe, found)
     return _at(recipe, "not-one-model", ("merge",), message, fix)
 
 

@@ -16,6 +16,7 @@ from skillmerge.methods.terms import Call, Term, calls, expand_skills
 from skillmerge.recipes.entries import KINDS, Entry, Part, stacks_in_order
 from skillmerge.recipes.formula.bind import bind
 from skillmerge.recipes.formula.donor import donor_of, is_donor_unclear
+from skillmerge.recipes.formula.parser import grouped
 from skillmerge.recipes.formula.tree import ExpressionError, Node, names_in, normalise_name
 from skillmerge.recipes.gate_table import Gate
 from skillmerge.recipes.schedules import Schedule, matcher
@@ -130,7 +131,12 @@ class Recipe:
     @property
     def formula(self) -> str:
         """The text of the expression without spaces, which mean nothing in it."""
-        return "".join(str(self.document.data["merge"]).split())
+        return "".join(self.expression_text.split())
+
+    @property
+    def expression_text(self) -> str:
+        """The text of the expression as it is written."""
+        return str(self.document.data["merge"])
 
     @property
     def of_command(self) -> bool:
@@ -288,6 +294,24 @@ def unclear_donor(recipe: Recipe) -> Remark | None:
         name="donor",
         of_recipe=True,
     )
+
+
+def one_model_meant(recipe: Recipe, found: float) -> str:
+    """Return what to write for a formula that should be one model. found: how many models' worth of weights it is."""
+    if (meant := grouped(recipe.expression_text, recipe.models)) is not None:
+        return meant
+    named = [name.name for name in names_in(recipe.expression) if name.is_model]
+    differences = [name for name in named if name in recipe.skills]
+    if found == 0:
+        kind = "adapter" if named and {recipe.entries[name].kind for name in named} == {"adapter"} else "skill"
+        update = differences[0] if differences else "(rl - sft)"
+        return f"add it to a model: target + lam * {update}; or store it with `output: {{kind: {kind}}}`"
+    if found == 2:
+        return "did you mean the average, (a + b) / 2?"
+    if differences:
+        counts = f"`{differences[0]}` is a difference already, which counts as no model"
+        return f"{counts}: write target + lam * {differences[0]}, so that the factors of models add up to 1"
+    return "the factors must add up to 1"
 
 
 def local_path(document: Document, path: Path, folder: FilePath, written: str) -> FilePath:

@@ -196,6 +196,10 @@ def _check_numbers(index: int, rule: Rule, names: list[str]) -> None:
                 )
 
 
+_ONE_EXPERT = re.compile(r"experts?\.(\d+)")
+_PACKED = re.compile(r"\.experts\.[a-z]")
+
+
 def near_pattern(glob: str, names: Iterable[str]) -> str | None:
     """Return a suggestion for a glob that matches none of many names: layer numbers make no difference."""
     return did_you_mean(glob, list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", unsliced(name)) for name in names)))
@@ -203,10 +207,15 @@ def near_pattern(glob: str, names: Iterable[str]) -> str | None:
 
 def _why_nothing(rule: Rule, names: list[str]) -> str:
     if rule.experts and all(expert_of(name) is None for name in names):
-        return "this model has no experts of its own in a layer"
+        return "this model is no mixture of experts: none of its tensors is of a numbered expert"
     if rule.tensors and not Rule(tensors=rule.tensors).select(names):
+        number = _ONE_EXPERT.search(rule.tensors[0])
+        if number is not None and any(_PACKED.search(name) for name in names):
+            return f"this model has its experts packed: write `experts: {number[1]}`"
         near = near_pattern(rule.tensors[0], names)
         return near or f"globs match whole names, such as {unsliced(names[0])}; use * for any part"
+    if rule.modules and rule.experts and Rule(modules=rule.modules).select(names):
+        return "numbered experts are of the kind `expert`: leave `modules` out, or write a rule for each"
     if rule.modules:
         present = sorted({module_kind(name) for name in names})
         return "this model has modules of the kinds " + ", ".join(present)

@@ -297,7 +297,7 @@ ALONE = {
         f"{ONTO}, and subtract that model"),
     "DoRA": ({f"{Q}.lora_magnitude_vector": (6,)}, {"use_dora": True},
         f"adapter: DoRA scales the base's rows (`{Q}.weight`), so that "
-        f"its difference depends on the base\n{ONTO}"),
+        f"its difference depends on the base\n{ONTO}, and subtract that model"),
 }  # fmt: skip
 
 

@@ -120,4 +120,4 @@ def test_an_expert_past_the_last_is_a_mistake() -> None:
         Schedule(1.0, (Rule(experts=(Numbers(0, 4),)),)).resolve(EXPERTS)
     with pytest.raises(ScheduleError) as raised:
         Schedule(1.0, (Rule(experts=(Numbers(0, 4),)),)).resolve(["model.norm.weight"])
-    assert raised.value.fix == "this model has no experts of its own in a layer"
+    assert raised.value.fix == "this model is no mixture of experts: none of its tensors is of a numbered expert"

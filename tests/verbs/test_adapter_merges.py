@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from adapter_models import TARGETS, adapter, expected, expected_difference, wide
 from adapter_models import write_adapter as write_any
 from bucket_server import S3Server
@@ -296,6 +297,27 @@ def test_adapters_of_other_bases_are_told(family: Path) -> None:
         "continued the SFT adapter, its skill is the difference of the two; if it started from the merged SFT model, "
         "its skill is its adapter alone"
     ) in " ".join(process.stdout.split())
+    assert "accept: [adapter-base]" in process.stdout
+    document = yaml.safe_load(recipe.read_text())
+    recipe.write_text(yaml.safe_dump({**document, "accept": ["adapter-base"]}))
+    assert skillmerge.plan(recipe, strict=True).warnings == ()
+
+
+def test_adapter_of_a_model_with_fewer_layers_is_told(family: Path) -> None:
+    """Layer 2 of a deeper model may be another one, and an adapter has no configuration to compare."""
+    deeper = {"deep": {"stack": [{"from": "target", "layers": "0-1"}, {"from": "target", "layers": "0-2"}]}}
+    models = {"target": "target", "v": {"adapter": "adapter"}, **deeper}
+    recipe = write_recipe(family, "deep + lam * v", models=models)
+    (told,) = skillmerge.plan(recipe).warnings
+    assert "adapter `v` changes the first 3 of 5 layers of `deep`" in told.message
+    assert (
+        skillmerge.plan(write_recipe(family, "deep + lam * v", models=models, accept=["architecture"])).warnings == ()
+    )
+    stacked = {"on": {"adapter": "adapter", "onto": "target"},
+               "deep_on": {"stack": [{**part, "from": "on"} for part in deeper["deep"]["stack"]]}}  # fmt: skip
+    advised = write_recipe(family, "deep + lam * (deep_on - deep)", models={"target": "target", **deeper, **stacked})
+    assert skillmerge.plan(advised).warnings == ()
+    assert skillmerge.plan(write_recipe(family, **FORMULAS["difference"])).warnings == ()
 
 
 def test_rename_is_about_what_an_adapter_changes(family: Path) -> None:

@@ -124,6 +124,19 @@ def test_a_gate_for_lambda_sees_packed_experts_too(tmp_path: Path, edit: Callabl
     assert 0.2 < found[0] < 0.4
 
 
+def test_experts_that_stay_leave_a_packed_tensor_its_lambda(tmp_path: Path, edit: Callable[..., Path]) -> None:
+    """As it is where they are stored one by one."""
+    found = []
+    for layout in ("split", "packed"):
+        recipe = family(tmp_path / layout, getattr(layouts, layout), SIZES[1])
+        rules = [{"experts": "0-1", "value": 0.0}, {"layers": "0", "experts": "2-", "value": 0.5}]
+        edit(recipe, coefficients={"lam": {"default": 0.5, "rules": rules}}, gates={"realised_lambda": {"min": 0.4}})
+        skillmerge.apply(recipe, stats="full")
+        found.append(statistics_of(tmp_path / layout / "merged"))
+    for key in ("asked_lambda", "realised_lambda"):
+        assert found[0][key] == pytest.approx(found[1][key], rel=1e-9), key
+
+
 def test_the_plan_and_the_manifest_have_the_slices(tmp_path: Path) -> None:
     recipe = family(tmp_path, layouts.packed)
     made = skillmerge.apply(recipe)

@@ -64,6 +64,12 @@ def open(uri: str, store: Store, onto: Checkpoint | None = None) -> Difference:
     files, place = store.list(), store.at.place
     if SKILL_FILE not in files:
         made = "`skillmerge extract --from AFTER --minus BEFORE -o SKILL` makes one"
+        if "adapter_config.json" in files:
+            made = "`skillmerge extract --from ADAPTER --minus MODEL -o SKILL` makes one of it"
+            raise InputError(
+                f"{place} is a PEFT adapter, not a skill",
+                fix=f"in a recipe write `{{adapter: …}}` in the place of `{{skill: …}}`; {made}",
+            )
         fix = f"it is a model, which recipes name by its path alone; {made}" if "config.json" in files else made
         raise InputError(f"{place} is not a skill: it has no {SKILL_FILE}", fix=fix)
     described = _describe(store)

@@ -349,7 +349,7 @@ def _refuse_replacements(adapter: Adapter, changes: Mapping[str, Change]) -> Non
         raise InputError(
             f"{adapter.place}: DoRA scales the base's rows ({some([f'`{name}`' for name in scaled], 2)}), so that its "
             "difference depends on the base",
-            fix="give `onto:` the model that the adapter was trained on",
+            fix="give `onto:` the model that the adapter was trained on, and subtract that model",
         )
     parts = [f"some rows of `{name}`" for name, change in changes.items() if change.rows]
     whole = [f"`{name}`" for name, change in changes.items() if change.whole]

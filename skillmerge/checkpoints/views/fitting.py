@@ -311,7 +311,9 @@ def _shape_error(adapter: Adapter, model: Model, spec: TensorSpec, pair: Pair, f
     return InputError(
         f"{_at(adapter)}: `{pair.a.name}` {list(pair.a.shape)} and `{pair.b.name}` {list(pair.b.shape)} make a matrix "
         f"of shape {list(found)}, and `{spec.name}` of {model.said} has {list(spec.shape)}",
-        fix=_OTHER,
+        fix=f"the adapter says that it was trained on `{adapter.lora.base}`: name a model of that size"
+        if adapter.lora.base
+        else _OTHER,
     )
 
 

@@ -19,7 +19,7 @@ from skillmerge.errors import UsageError
     "--load", group="Checks", type=flags.Runtime(), multiple=True, metavar="[RUNTIME]",
     help="Also load and run it in transformers or vllm; repeatable",
 )  # fmt: skip
-@option("--parent", group="Checks", metavar="MODEL", help="Prove that a skill was extracted from this model")
+@option("--parent", group="Checks", metavar="MODEL", help="Prove that a skill was extracted from this model or adapter")
 @option(
     "--shard", group="Checks", type=flags.Part(), metavar="I/N",
     help="Read only part I of N, counted from 0, as one of N tasks",

@@ -105,7 +105,12 @@ def export(skill: str, output: str, as_json: bool, quiet: bool, **options: Any) 
         show_exported(exported, console())
 
 
-@command("inspect before after", "inspect recipe.yaml --base base --details", "inspect math-skill code-skill")
+@command(
+    "inspect before after",
+    "inspect source-sft rl-adapter",
+    "inspect recipe.yaml --base base --details",
+    "inspect math-skill code-skill",
+)
 @click.argument("source", type=click.Path())
 @click.argument("other", type=click.Path(), required=False)
 @click.argument("more", type=click.Path(), nargs=-1)
@@ -139,7 +144,7 @@ def inspect(
     """Show what changed between models.
 
     SOURCE is a recipe, a stored skill, an adapter, or the model before; OTHER is the model or the adapter after.
-    Several skills are compared with one another. Nothing is written: rounding is computed for every lambda.
+    Several skills or adapters are compared with one another. Nothing is written: rounding is computed for every lambda.
     """
     from skillmerge.cli.console import console
     from skillmerge.cli.show.inspection import show_inspection

@@ -37,6 +37,11 @@ class Action(NamedTuple):
     names: str
 
 
+def role(plan: Plan, name: str) -> str:
+    """Return a model's name, and whether it is the donor. An output that is an adapter takes nothing from one."""
+    return f"{name} (donor)" if name == plan.donor and not plan.recipe.makes_adapter else name
+
+
 def actions(plan: Plan) -> list[Action]:
     """Return what the plan does, and with how many tensors of which models."""
     groups: dict[tuple[str, str], list[str]] = {}

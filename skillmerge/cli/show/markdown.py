@@ -84,7 +84,7 @@ def _compared(plan: Plan) -> str:
 def _models(plan: Plan) -> str:
     rows = [
         (
-            _code(item.name) + (" (donor)" if item.name == plan.donor else ""),
+            _code(item.name) + listings.role(plan, item.name).removeprefix(item.name),
             _code(item.uri),
             _code(item.revision) if item.revision else "",
             str(len(item.files)),

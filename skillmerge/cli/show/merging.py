@@ -34,9 +34,10 @@ def show_plan(plan: Plan, needs: Budget | None, where: str | None, free: int | N
     out.print(Text(f"{recipe.document.name}: {recipe.document.data['merge']}", style="bold"))
     models = Table(("model", "from", "files", "size"), text=("model", "from"))
     for item in plan.inputs:
-        role = f"{item.name} (donor)" if item.name == plan.donor else item.name
+        role, onto = listings.role(plan, item.name), recipe.entries[item.name].onto
         size = format_bytes(sum(file.size for file in item.files))
         place = f"{item.uri} at {item.revision[:12]}" if item.revision else item.uri
+        place += f" onto {onto}" if onto else ""
         held = ("-", "-") if item.naming.stack else (str(len(item.files)), size)  # a stack has no files of its own
         models.add_row(*map(Text, (role, place, *held)))
     out.print(models)

@@ -48,7 +48,9 @@ def factors_of(recipe: Recipe, values: Mapping[str, float], term: Term | None, t
     """Return the factor of each adapter in one tensor's term. Raises RecipeError for a term that is no sum of them, or
     neither a difference nor one model."""
     if call := next(iter(calls(term)), None):
-        raise _not_one(recipe, f"`{call.method.name}` is no sum of models with factors, and its result of any rank")
+        raise _not_one(
+            recipe, f"`{call.method.name}` is no sum of models with factors, and its result may be of any rank"
+        )
     found = degree(term)
     if found not in recipe.degrees:
         asked = ", ".join(f"{name} = {value:g}" for name, value in values.items())
@@ -77,8 +79,8 @@ def check_bases(recipe: Recipe, adapters: Mapping[str, Adapter]) -> None:
         raise recipe.error(
             ("merge",),
             f"`{first}` says that it was trained on `{one}`, and `{second}` on `{other}`: an adapter has one base",
-            "if these are the same weights, give each adapter `onto:` that model; otherwise leave `output.kind` out, "
-            "which makes a model",
+            "if these are the same weights, give each adapter `onto:` that model, and write base + lam * (v - base) "
+            "for each; otherwise leave `output.kind` out, and add them to a model: target + lam * v",
         )
 
 

@@ -11,7 +11,7 @@ is 0 is left out of that module.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from skillmerge.checkpoints.checkpoint import Checkpoint
@@ -122,7 +122,20 @@ def _model(recipe: Recipe, adapters: Mapping[str, Adapter], base: Checkpoint | N
     tensors: dict[str, TensorSpec] = {}
     for name, adapter in adapters.items():
         tensors |= own_tensors(adapter, recipe.entries[name].renames)
+    for name, adapter in adapters.items():
+        for tensor, shape in _replaced(adapter):
+            named = replaced(tensor, recipe.entries[name].renames)
+            tensors.setdefault(named, TensorSpec(named, "F32", shape, adapter.file))
     return Model("another adapter", tensors, {})
+
+
+def _replaced(adapter: Adapter) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield the tensors that an adapter replaces, of which it describes at least as much as this. The output does
+    without them, or is refused."""
+    for name, stored in adapter.parts.replaced.items():
+        yield name, stored.shape
+    for rows in adapter.parts.rows:
+        yield f"{rows.module}.weight", (max((row for row, _ in rows.rows), default=0) + 1, *rows.values.shape[1:])
 
 
 def _changes(

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from skillmerge.checkpoints.checkpoint import Checkpoint
+from skillmerge.checkpoints.checkpoint import Checkpoint, View
 from skillmerge.checkpoints.kinds.lora.parts import PREFIX
 from skillmerge.checkpoints.model_config import layers_in
-from skillmerge.checkpoints.views.adapted import AdapterPlane
+from skillmerge.checkpoints.views.adapted import Adapted, AdapterPlane
 from skillmerge.checkpoints.views.by_token import ByToken
 from skillmerge.checkpoints.views.renamed import WRAPPERS
 from skillmerge.errors import some
@@ -64,29 +64,31 @@ def unlike_bases(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Itera
                 f"adapter `{one}` says that it was trained on `{first}`, and `{other}` on `{second}`",
                 "if RL continued the SFT adapter, its skill is the difference of the two; if it started from the "
                 "merged SFT model, its skill is its adapter alone",
+                name="adapter-base",
             )
 
 
-def of_other_layers(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Iterator[Remark]:
-    """Yield a warning where an adapter's difference ends before the last layer of the stack that it is added to: it may
-    be of one of the stack's models, whose layers have other numbers there."""
-    donor = checkpoints.get(recipe.donor or "")
-    if donor is None or not donor.naming.stack:
-        return
-    last = (layers_in(donor.config) or 0) - 1
-    for name in recipe.adapters:
-        adapter = checkpoints.get(name)
-        changes = adapter.changes if isinstance(adapter, AdapterPlane) else ()
-        own = max((layer[1] for layer in map(layer_of, changes) if layer is not None), default=last)
-        if own < last:
-            first = donor.naming.stack[0][0]
-            while recipe.entries[first].stack:
-                first = recipe.entries[first].stack[0].model
-            yield warning(
-                f"adapter `{name}` ends with layer {own}, and the stack `{recipe.donor}` with layer {last}: it changes "
-                "layers by the stack's numbers",
-                f"if it was trained on `{first}`, put it onto that with `onto`, and stack the result",
-            )
+def shallow_adapters(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Iterator[Remark]:
+    """Yield a warning for each adapter that changes the first layers of a model alone, as one of a model with fewer
+    layers does. Nothing else shows that: an adapter does not say how many layers its model has."""
+    for name, checkpoint in checkpoints.items():
+        while isinstance(checkpoint, View):
+            checkpoint = checkpoint.beneath
+        if name != model_of(name) or not isinstance(checkpoint, Adapted | AdapterPlane):
+            continue
+        of_model, said = recipe.entries[name].onto or recipe.donor, layers_in(checkpoint.config)
+        changed = _layers(checkpoint.changes)
+        for stack, found in _layers(checkpoint.tensors).items():
+            count = len(found) if said is None else said  # layers behind the last one predict further tokens
+            first = changed.get(stack, set())
+            if len(first) < count <= len(found) and first == set(range(len(first))) and first:
+                yield warning(
+                    f"adapter `{name}` changes the first {len(first)} of {count} layers of `{of_model}`, "
+                    "as if it was trained on a model with fewer layers",
+                    "name a model with as many layers; for a stack, put the adapter `onto:` its own model, and stack "
+                    "that model with the adapter and without it",
+                    name="architecture",
+                )
 
 
 def ramps_over_adapters(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Iterator[Remark]:
@@ -94,11 +96,8 @@ def ramps_over_adapters(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -
     ramps = [name for name, schedule in recipe.coefficients.items() if any(rule.ramp for rule in schedule.rules)]
     if not ramps or {recipe.entries[name].kind for name in recipe.used_models()} != {"adapter"}:
         return
-    layers: dict[str, set[int]] = {}
-    for tensor in (name for checkpoint in checkpoints.values() for name in checkpoint.own.tensors):
-        if layer := layer_of(tensor.removeprefix(PREFIX)):
-            layers.setdefault(layer[0], set()).add(layer[1])
-    for stack, found in layers.items():
+    tensors = (name for checkpoint in checkpoints.values() for name in checkpoint.own.tensors)
+    for stack, found in _layers(name.removeprefix(PREFIX) for name in tensors).items():
         if found != set(range(len(found))):
             shown = some([str(it) for it in sorted(found)], 4)
             yield warning(
@@ -106,6 +105,14 @@ def ramps_over_adapters(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -
                 "no model in the recipe shows how many there are",
                 "to have it over all layers of the model, give the adapters `onto:` that model",
             )
+
+
+def _layers(tensors: Iterable[str]) -> dict[str, set[int]]:
+    """Return the numbers of the layers of each stack that tensors are in."""
+    found: dict[str, set[int]] = {}
+    for layer in filter(None, map(layer_of, tensors)):
+        found.setdefault(layer[0], set()).add(layer[1])
+    return found
 
 
 def _of_stack(donor: Checkpoint) -> Iterator[str]:

@@ -93,7 +93,7 @@ def compare_models(
     names = [donor, *(name for name, role in roles.items() if role.used and name != donor and model_of(name) == name)]
     if not foreign:
         merged = {tensor for role in roles.values() for tensor in role.tokens}
-        without = None if lenient else _advice(recipe, checkpoints, donor, merged, roles)
+        without = _advice(recipe, checkpoints, donor, merged, roles, lenient)
         found += compare_tokens(
             checkpoints, donor, roles, files, carried=dtype is not None, lenient=lenient, without=without,
             by_token=vocabulary is not None,
@@ -114,12 +114,22 @@ def _told(recipe: Recipe, it: Compared, lenient: bool) -> Compared:
 
 
 def _advice(
-    recipe: Recipe, checkpoints: Mapping[str, Checkpoint], donor: str, matrices: Collection[str], roles: Roles
-) -> str:
-    """Return what to do about rows of other tokens."""
+    recipe: Recipe,
+    checkpoints: Mapping[str, Checkpoint],
+    donor: str,
+    matrices: Collection[str],
+    roles: Roles,
+    lenient: bool,
+) -> str | None:
+    """Return what to do about rows of other tokens. lenient: leaving them out is no way, as nothing is written."""
+    if lenient and not recipe.of_command:
+        return None
     readers = {donor, *(name for name, role in roles.items() if role.tokens and name in checkpoints)}
-    advice = (leaving_out(recipe, donor, matrices), by_token_advice(recipe, map(checkpoints.__getitem__, readers)))
-    return "\n".join(filter(None, advice))
+    advice = (
+        None if lenient else leaving_out(recipe, donor, matrices),
+        by_token_advice(recipe, map(checkpoints.__getitem__, readers)),
+    )
+    return "\n".join(filter(None, advice)) or None
 
 
 def unsettled(

@@ -96,6 +96,10 @@ class _Family:
         found = {}
         for token, model in self.recipe.tokens.items():
             ours, theirs = (self.tokens[it].ids.get(token) for it in (self.donor, model))
+            if ours is None and theirs is None:
+                who, known = f"neither the donor `{self.donor}` nor `{model}`", self.tokens[model].ids
+                fix = _near(token, known) or f"write it as the tokenizer of `{model}` does"
+                raise self.recipe.error(("tokens", token), f"{who} has the token `{shown(token)}`", fix)
             if ours is None:
                 fix = f"to have it, take the tokenizer of `{model}`: `output: {{like: {model}}}`"
                 raise self.without(token, self.donor, f"the donor `{self.donor}`", fix)

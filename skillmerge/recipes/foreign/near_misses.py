@@ -26,7 +26,9 @@ _UNDER_OUTPUT = (
 )  # fmt: skip
 _UNDER_GATES = ("finite", "loads", "finite_logits", "changed", "vanished", "realised", "norm_ratio", "perplexity")
 _ATLEAST = ("changed", "realised", "realised_lambda")
-_ADAPTER = "for an adapter on a model of this recipe, write `{adapter: FOLDER, onto: MODEL}`"
+_ADAPTER = (
+    "for a LoRA adapter, write `{adapter: FOLDER}`; with a model of this recipe, `{adapter: FOLDER, onto: MODEL}`"
+)
 _EXAMPLES = {
     "models": "write `models: {target: ./target, rl: ./rl, sft: hf://org/name}`",
     "merge": "write the arithmetic as text: `merge: target + lam * (rl - sft)`",
@@ -64,6 +66,8 @@ def unknown_meant(data: Any, path: Sequence[int | str]) -> str | None:
     key = str(path[-1])
     if path[0] == "coefficients" and len(path) == 3:
         return _written("write", _schedule(str(path[1]), table))
+    if path[0] == "models" and len(path) == 5:
+        return _part(table, key)
     if path[0] == "models" and len(path) == 3:
         return _model(str(path[1]), table, key)
     return _top(data, key) if len(path) == 1 else None
@@ -84,7 +88,9 @@ def shape_meant(path: Sequence[int | str], value: Any) -> str | None:
         return _written("write", f"{key}: {_flow({'path' if key == 'output' else 'repo': value})}")
     if tuple(path) == ("merge",) and isinstance(value, dict) and all(_is_number(it) for it in value.values()):
         return _written("write", "merge: " + " + ".join(f"{_flow(it)} * {name}" for name, it in value.items()))
-    if key in ("rules", "copy") and isinstance(value, dict):
+    if path[0] == "tokens" and len(path) == 2 and isinstance(value, str):
+        return _written("write", f"tokens: {_flow({key: {'from': value}})}")
+    if key in ("rules", "copy", "stack") and isinstance(value, dict):
         return _written("write a list:", f"{key}: {_flow([value])}")
     if key == "rename" and isinstance(value, dict) and all(isinstance(new, str) for new in value.values()):
         return _written("write a list:", f"rename: {_flow([{'from': old, 'to': new} for old, new in value.items()])}")
@@ -153,6 +159,16 @@ def _model(name: str, table: Mapping[str, Any], key: str) -> str | None:
         return _written("write", f"path: {place}@{table[key]}")
     if key == "subfolder" and isinstance(place, str):
         return _written("write", f"path: {place.rstrip('/')}/{table[key]}")
+    return None
+
+
+def _part(table: Mapping[str, Any], key: str) -> str | None:
+    """Return what was meant by a key of a part of a stack, by another tool's words."""
+    value = table[key]
+    if key == "model" and isinstance(value, str):
+        return _written("write", f"from: {value}")
+    if key == "layer_range" and isinstance(value, list) and [type(end) for end in value] == [int, int]:
+        return f"write `layers: {value[0]}-{value[1] - 1}`: both ends count"
     return None
 
 

@@ -28,7 +28,7 @@ from skillmerge.remarks import ACCEPTABLE
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 PAST = Sum(Leaf("target"), Scaled(Sum(Leaf("rl"), Leaf("sft"), minus=True), 0.7, divide=False), minus=False)
-FOUND_WHILE_COMPUTING = {"donor", "update-size", "merged-share", "quantised-difference"}
+FOUND_WHILE_COMPUTING = {"adapter-base", "donor", "update-size", "merged-share", "quantised-difference"}
 
 
 def small(config: dict[str, Any]) -> dict[str, Any]:

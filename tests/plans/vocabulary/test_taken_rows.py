@@ -75,6 +75,15 @@ REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
         "the donor `target` has no token `<tool>`\n"
         "help: to have it, take the tokenizer of `rl`: `output: {like: rl}`\n",
     ),
+    "in neither": (
+        {"tokens": {"<thing>": {"from": "rl"}}}, 2,
+        "neither the donor `target` nor `rl` has the token `<thing>`\nhelp: did you mean `<think>`?\n",
+    ),
+    "in neither, and like none": (
+        {"tokens": {"nope": {"from": "rl"}}}, 2,
+        "neither the donor `target` nor `rl` has the token `nope`\n"
+        "help: write it as the tokenizer of `rl` does\n",
+    ),
     "not in its model": (
         {"tokens": {"</think>": {"from": "sft"}}}, 2,
         "model `sft` has no token `</think>`\nhelp: did you mean `<think>`?\n",

@@ -172,4 +172,14 @@ def test_other_row_counts_without_the_key_say_what_settles_them(tmp_path: Path) 
     assert "by-token" not in run_cli("plan", write_recipe(tmp_path)).stdout
     extract = ("extract", "--from", tmp_path / "target", "--minus", tmp_path / "sft", "-o", tmp_path / "skill")
     write_models(tmp_path, (BASE[::-1], BASE, BASE))
-    assert "to give each token its own row, pass: --vocabulary by-token\n" in run_cli(*extract).stderr
+    by_token = "to give each token its own row, pass: --vocabulary by-token\n"
+    assert by_token in run_cli(*extract).stderr
+    assert f"help: {by_token}" in run_cli("inspect", tmp_path / "sft", tmp_path / "target").stderr
+
+
+def test_two_problems_with_one_way_say_it_once(tmp_path: Path) -> None:
+    write_models(tmp_path, (BASE, [*BASE[::-1], "<x>"], BASE))
+    found = run_cli("plan", write_recipe(tmp_path))
+    assert "ids mean different tokens" in found.stdout
+    assert "their vocabularies seem to differ" in found.stdout
+    assert found.stdout.count("`vocabulary: by-token`") == 1

@@ -91,7 +91,10 @@ def _missing(store: Store, name: str) -> InputError:
     names, place = names_in(store), store.at.place
     named = [it for it in names if it]
     if not names:
-        what = "it is a model" if dense.claims(store) else f"it has no {CONFIG_FILE} with {WEIGHTS}"
+        if dense.claims(store):
+            fix = "write its place alone, without `adapter:`, and subtract the model that it was trained from: rl - sft"
+            return InputError(f"{place} is a model, not a PEFT adapter", fix=fix)
+        what = f"it has no {CONFIG_FILE} with {WEIGHTS}"
         return InputError(f"{place} is not a PEFT adapter: {what}", fix="name the folder that `save_pretrained` wrote")
     if name:
         fix = did_you_mean(name, named) or (
