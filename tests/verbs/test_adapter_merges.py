@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -315,6 +316,11 @@ def test_adapter_of_a_model_with_fewer_layers_is_told(family: Path) -> None:
     )
     stacked = {"on": {"adapter": "adapter", "onto": "target"},
                "deep_on": {"stack": [{**part, "from": "on"} for part in deeper["deep"]["stack"]]}}  # fmt: skip
+    chosen = shutil.copytree(family / "adapter", family / "chosen")
+    document = json.loads((chosen / "adapter_config.json").read_text())
+    (chosen / "adapter_config.json").write_text(json.dumps({**document, "layers_to_transform": [0, 1, 2]}))
+    meant = write_recipe(family, "deep + lam * v", models={**models, "v": {"adapter": "chosen"}})
+    assert skillmerge.plan(meant).warnings == ()
     advised = write_recipe(family, "deep + lam * (deep_on - deep)", models={"target": "target", **deeper, **stacked})
     assert skillmerge.plan(advised).warnings == ()
     assert skillmerge.plan(write_recipe(family, **FORMULAS["difference"])).warnings == ()

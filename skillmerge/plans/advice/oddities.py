@@ -70,11 +70,14 @@ def unlike_bases(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Itera
 
 def shallow_adapters(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Iterator[Remark]:
     """Yield a warning for each adapter that changes the first layers of a model alone, as one of a model with fewer
-    layers does. Nothing else shows that: an adapter does not say how many layers its model has."""
+    layers does. Nothing else shows that: an adapter does not say how many layers its model has. With
+    `layers_to_transform` it is meant."""
     for name, checkpoint in checkpoints.items():
         while isinstance(checkpoint, View):
             checkpoint = checkpoint.beneath
         if name != model_of(name) or not isinstance(checkpoint, Adapted | AdapterPlane):
+            continue
+        if checkpoint.adapter.lora.chosen:
             continue
         of_model, said = recipe.entries[name].onto or recipe.donor, layers_in(checkpoint.config)
         changed = _layers(checkpoint.changes)

@@ -58,8 +58,9 @@ class LoraConfig:
     """The parts of `adapter_config.json` that say what the tensors mean.
 
     where: the file, in messages. digest: of the file. parameters: the last parts of the names in `target_parameters`.
-    weights: those of these names that are of a module's weight. saves: whether modules are saved whole. tokens: rows by
-    module, `None` for the input embedding, whatever it is called. base: what the adapter says that it was trained on.
+    weights: those of these names that are of a module's weight. saves: whether modules are saved whole.
+    chosen: whether it was told which layers to change. tokens: rows by module, `None` for the input embedding, whatever
+    it is called. base: what the adapter says that it was trained on.
     """
 
     where: str
@@ -75,6 +76,7 @@ class LoraConfig:
     dora: bool = False
     biases: bool = False
     saves: bool = False
+    chosen: bool = False
     tokens: Mapping[str | None, tuple[int, ...]] = field(default_factory=dict)
     base: str | None = None
 
@@ -124,6 +126,7 @@ def read_config(store: Store, file: str) -> LoraConfig:
         parameters=_endings(parameters, where),
         weights=frozenset(name for name in parameters if name.rpartition(".")[2] == "weight"),
         saves=bool(_names(document, "modules_to_save", where)),
+        chosen=document.get("layers_to_transform") is not None,
         tokens=_tokens(document.get("trainable_token_indices"), where),
         base=_base(document),
     )
