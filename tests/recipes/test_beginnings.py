@@ -58,6 +58,10 @@ RECIPES: dict[str, tuple[str, dict[str, Any], dict[str, Any], str, str]] = {
         "deep", {"deep": {"stack": [{"from": "target", "layer_range": [0, 2]}]}}, {}, "unknown key `layer_range`",
         "write `layers: 0-1`: both ends count",
     ),
+    "a range of no layers": (
+        "deep", {"deep": {"stack": [{"from": "target", "layer_range": [2, 0]}]}}, {}, "unknown key `layer_range`",
+        "did you mean `layers`?",
+    ),
     "a stack of one part": (
         "deep", {"deep": {"stack": {"from": "target"}}}, {}, "`stack` must be a list, not a table",
         "write a list: `stack: [{from: target}]`",

@@ -267,6 +267,38 @@ def test_models_of_other_depths_are_stacked_though_no_layer_moves(slices: list[A
     assert refused.value.fix == "write at most 3 as the second number"
 
 
+def test_a_model_that_is_not_here_may_be_deeper_than_one_that_is(tmp_path: Path) -> None:
+    family(tmp_path, a=1e-2)
+    for deep, uri in (("org/deep", "hf://org/deep"), ("up", "./up")):
+        further = {"sources": [{"model": deep, "layer_range": [3, 7]}]}
+        documents = [
+            {"name": "up", "merge_method": "passthrough", "slices": sliced(("a", 0, 3), ("a", 0, 3))},
+            {"merge_method": "passthrough", "slices": [*sliced(("a", 0, 3)), further]},
+        ]
+        made = imported(tmp_path, "\n---\n".join(map(json.dumps, documents)), document="2")
+        name = deep.rpartition("/")[2]
+        models = data_of(made)["models"]
+        assert models == {"a": "./a", name: uri, "stacked": {"stack": [part("a", "0-2"), part(name, "3-6")]}}
+
+
+def test_filters_reach_the_further_layers_of_a_deeper_model(tmp_path: Path) -> None:
+    family(tmp_path, base=0)
+    family(tmp_path, layers=6, c=1e-2)
+    slices = [
+        {
+            "sources": [
+                {"model": "./c", "layer_range": [first, first + 3]},
+                {"model": "./base", "layer_range": [0, 3]},
+            ],
+            "parameters": {"t": [{"filter": "mlp", "value": value}, {"value": 0.5}]},
+        }
+        for first, value in ((0, 0.3), (3, 0.7))
+    ]
+    made = imported(tmp_path, {"merge_method": "slerp", **BASE, "slices": slices})
+    rules = data_of(made)["coefficients"]["t"]["rules"]
+    assert [(it["layers"], it["value"]) for it in rules if "tensors" in it] == [("0-2", 0.3), ("3-5", 0.7)]
+
+
 def test_a_head_that_the_first_slice_lacks_is_missed(tmp_path: Path) -> None:
     family(tmp_path, a=1e-2, b=1e-2)
     tensors = {name: it for name, it in read_checkpoint(tmp_path / "a").items() if name != "lm_head.weight"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -193,3 +194,26 @@ def test_models_that_store_experts_in_other_tensors_are_stacked(
         )
     assert found["b"].keys() == found["same"].keys()
     assert all(torch.equal(tensor, found["same"][name]) for name, tensor in found["b"].items())
+
+
+def test_long_chains_of_stacks_in_turning_layouts_are_quick(tmp_path: Path) -> None:
+    """Each stack is read in the other layout than the one that it is made of."""
+    models: dict[str, Any] = {}
+    for seed, (name, make) in enumerate((("packed", layouts.packed), ("split", layouts.split))):
+        tensors = random_tensors({"model.embed_tokens.weight": (8, 6)}, seed=1)
+        for layer in range(2):
+            tensors |= make(layouts.experts(8, 4, 6, seed=10 * seed + layer), at=f"model.layers.{layer}.mlp")
+        write_checkpoint(tmp_path / name, tensors, config={**CONFIG, "num_hidden_layers": 2, "num_experts": 8})
+        models[name] = name
+    beneath = "split"
+    for number in range(12):
+        first = ("packed", "split")[number % 2]
+        models[f"s{number}"] = {"stack": [{"from": first, "layers": 0}, {"from": beneath, "layers": 1}]}
+        beneath = f"s{number}"
+    began = time.process_time()
+    found = skillmerge.plan(write_recipe(tmp_path, beneath, models=models, coefficients=None))
+    assert time.process_time() - began < 4
+    assert found.ok
+    output = read_checkpoint(skillmerge.apply(tmp_path / "recipe.yaml", tmp_path / "merged").output)
+    for name, tensor in read_checkpoint(tmp_path / "split").items():
+        assert not name.startswith("model.layers.1.") or torch.equal(output[name], tensor)

@@ -24,6 +24,9 @@ from skillmerge.tensors import DTYPES, TensorSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
+_FEW = 4
+"""Most parts of a tensor whose costs are added up each time. A view over this one asks once for each of its parts."""
+
 
 class _Plan:
     """How a tensor is put together: pairs, in groups whose stretches of it do not overlap."""
@@ -78,6 +81,7 @@ class Arranged(View):
         )
         self.naming = replace(checkpoint.naming, layout=_words(plans))
         self._plans = plans
+        self._costs: dict[str, Mapping[str, int]] = {}
         self._bands = Bands(checkpoint)
 
     def read(self, pieces: Sequence[Piece]) -> Wait:
@@ -148,11 +152,15 @@ class Arranged(View):
         plan = self._plans.get(tensor)
         if plan is None:
             return self._checkpoint.costs(tensor)
+        if tensor in self._costs:
+            return self._costs[tensor]
         found: dict[str, int] = {}
         for pair in plan.pairs:
             whole = self._checkpoint.tensors[pair.stored.tensor].elements
             for file, cost in self._checkpoint.costs(pair.stored.tensor).items():
                 found[file] = found.get(file, 0) + cost * pair.stored.elements // max(whole, 1)
+        if len(plan.pairs) > _FEW:
+            self._costs[tensor] = found
         return found
 
     def written_dtype(self, tensor: str) -> str:

@@ -167,7 +167,8 @@ def _part(table: Mapping[str, Any], key: str) -> str | None:
     value = table[key]
     if key == "model" and isinstance(value, str):
         return _written("write", f"from: {value}")
-    if key == "layer_range" and isinstance(value, list) and [type(end) for end in value] == [int, int]:
+    ends = isinstance(value, list) and [type(end) for end in value] == [int, int]
+    if key == "layer_range" and ends and 0 <= value[0] < value[1]:
         return f"write `layers: {value[0]}-{value[1] - 1}`: both ends count"
     return None
 

@@ -85,7 +85,7 @@ class Config:
 @dataclass(frozen=True, slots=True)
 class Surroundings:
     """home: the folder that relative paths start from. stages: names of the file's other documents. layers: how many
-    the models have, as far as that is known. depths: of models of which more is known, by their places."""
+    the models have, as far as that is known. depths: what each of those has that are known by themselves, by place."""
 
     home: Path
     stages: Sequence[str] = ()
@@ -93,7 +93,8 @@ class Surroundings:
     depths: Mapping[str, int] = field(default_factory=dict)
 
     def layers_of(self, model: str) -> int | None:
-        return self.depths.get(model.partition("+")[0], self.layers)
+        """Return how many layers a model has. One that is not here may be deeper than those that are."""
+        return self.depths.get(model.partition("+")[0]) if self.depths else self.layers
 
 
 def read(document: Document, around: Surroundings, notes: Notes) -> Config:
@@ -273,7 +274,7 @@ class _Reader:
             self.moves |= any(begin != first for begin, _ in ranges)
             first = last + 1
         layers = self.around.layers
-        depths = {self.around.layers_of(model) for region in found for model in region.sources}
+        depths = {self.around.layers_of(model) for region in found for model in region.sources} - {None} or {layers}
         self.moves |= bool(depths - {None, first})
         if self.moves:
             return [replace(found[0], layers=None)] if len(found) == 1 else found

@@ -57,16 +57,21 @@ def behind_layers(tensors: Iterable[str] | None) -> list[str]:
 
 
 def stacked(tensors: Iterable[str], stacks: Stacks) -> frozenset[str]:
-    """Return the names of a stack's tensors. tensors: those of its models, which are alike."""
-    found = [(name, layer_of(name)) for name in tensors]
-    names = {name for name, layer in found if layer is None}
-    behind = 0
-    for _, first, last in next(iter(stacks.parts.values())):
-        for name, layer in found:
-            if layer is not None and first <= layer[1] <= last:
-                rest = name.removeprefix(f"{layer[0]}.").partition(".")[2]
-                names.add(f"{layer[0]}.{behind + layer[1] - first}.{rest}")
-        behind += last - first + 1
+    """Return the names of a stack's tensors. tensors: those of one of its models; the others are alike, but may be
+    deeper, with further layers like the last one."""
+    names: set[str] = set()
+    layers: dict[str, dict[int, set[str]]] = {}
+    for name in tensors:
+        layer = layer_of(name)
+        if layer is None:
+            names.add(name)
+        else:
+            rest = name.removeprefix(f"{layer[0]}.").partition(".")[2]
+            layers.setdefault(layer[0], {}).setdefault(layer[1], set()).add(rest)
+    numbers = (number for _, first, last in next(iter(stacks.parts.values())) for number in range(first, last + 1))
+    for place, number in enumerate(numbers):
+        for stack, found in layers.items():
+            names |= {f"{stack}.{place}.{rest}" for rest in found.get(min(number, max(found)), ())}
     return frozenset(names)
 
 
