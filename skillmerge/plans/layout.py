@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 
 from skillmerge.checkpoints.checkpoint import SINGLE_FILE, Checkpoint, in_shards
-from skillmerge.checkpoints.safetensors import MAX_HEADER_BYTES, MAX_NAME, build_header
+from skillmerge.checkpoints.safetensors import MAX_NAME, build_header
 from skillmerge.errors import InputError
 from skillmerge.plans.plan import ShardPlan, TensorPlan
 from skillmerge.recipes.recipe import Recipe
@@ -17,6 +17,9 @@ _PART_NAME = 40
 
 SKILL_SHARD = 4_000_000_000
 """Bytes of dense tensors whose parts go into one file of a skill."""
+
+_SKILL_HEADER = 6_000_000
+"""Bytes of the header of one file of a skill. With another number, saved plans would have other files."""
 
 
 def lay_out_skill(recipe: Recipe, tensors: Mapping[str, TensorPlan]) -> tuple[ShardPlan, ...]:
@@ -33,7 +36,7 @@ def lay_out_skill(recipe: Recipe, tensors: Mapping[str, TensorPlan]) -> tuple[Sh
             raise InputError(f"tensor `{plan.name[:80]}…` has a name too long for the parts of a skill")
         # Six parts a unit at most, each with its place and shape beside its name.
         entries = 6 * -(-math.prod(plan.shape) // UNIT) * (len(plan.name.encode()) + 160)
-        if groups[-1] and (filled + _nbytes(plan) > limit or header + entries > MAX_HEADER_BYTES // 2):
+        if groups[-1] and (filled + _nbytes(plan) > limit or header + entries > _SKILL_HEADER):
             groups.append([])
             filled = header = 0
         groups[-1].append(plan)

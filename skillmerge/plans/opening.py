@@ -155,7 +155,7 @@ def under_its_names(recipe: Recipe, name: str, checkpoint: Checkpoint) -> Checkp
     names: Sequence[str] = list(checkpoint.tensors)
     wrappers: tuple[str, ...] = ()
     if isinstance(checkpoint, Adapter):
-        names = checkpoint.parts.names
+        names = checkpoint.changed if rename else ()
     else:
         found = recipe.unwrapped
         wrappers = wrappers_of(names) if found is None else found.get(model, ())

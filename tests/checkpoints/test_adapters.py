@@ -248,6 +248,18 @@ def test_adapter_of_one_projection_changes_its_rows_of_a_fused_one(tmp_path: Pat
     assert bytes(read_bytes(found, f"{at}.gate_up_proj.weight")) == wanted.astype(np.float32).tobytes()
 
 
+def test_weight_as_a_parameter_has_its_own_scale_in_other_layouts_too(tmp_path: Path) -> None:
+    pair = random_pair("model.layers.0.mlp.gate", 4, 8)
+    words = {"alpha_pattern": {"gate.weight": 32}, "rank_pattern": {"gate.weight": 4}}
+    write_adapter(tmp_path / "adapter", pair, r=2, target_parameters=["mlp.gate.weight"], **words)
+    at = "model.layers.0.block_sparse_moe"
+    sides = {"w1": (6, 8), "w3": (6, 8), "w2": (8, 6)}
+    experts = {f"{at}.experts.{e}.{name}.weight": torch.zeros(it) for e in range(4) for name, it in sides.items()}
+    write_checkpoint(tmp_path / "base", {f"{at}.gate.weight": torch.zeros(4, 8), **experts})
+    wanted = product(*(wide(it) for it in pair.values()), 8.0)
+    assert bytes(read_bytes(put_onto(tmp_path), f"{at}.gate.weight")) == wanted.astype(np.float32).tobytes()
+
+
 def test_terms_are_added_in_their_order(tmp_path: Path) -> None:
     """2^60 - 2^60 + 1 is 1 in this order, and 0 in others."""
     at = "model.layers.0.mlp.up_proj"

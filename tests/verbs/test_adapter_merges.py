@@ -27,6 +27,7 @@ from conftest import (
 )
 from hub_server import HubServer
 from observing import MergeServer, assert_finished, content, reference
+from safetensors.torch import save_file
 from skill_reader import read_skill
 
 import skillmerge
@@ -344,6 +345,21 @@ def test_rename_that_renames_nothing_of_an_adapter_is_told(family: Path) -> None
         skillmerge.plan(write_recipe(family, "target + lam * v", models={"target": "target", "v": entry}))
     assert caught.value.what == "no tensor of model `v` begins with `base_model.model.model.`"
     assert caught.value.fix == "its names begin with `lm_head.`, `model.`, `model.layers.`"
+
+
+def test_rename_may_be_about_a_parameter_alone(tmp_path: Path) -> None:
+    at = "model.layers.0.mlp.experts"
+    pair = {"lora_A.weight": torch.randn(8, 6), "lora_B.weight": torch.randn(10, 8)}
+    (tmp_path / "v").mkdir()
+    save_file(
+        {f"base_model.model.{at}.{part}": it for part, it in pair.items()}, tmp_path / "v" / "adapter_model.safetensors"
+    )
+    words = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_parameters": ["mlp.experts.gate_up_proj"]}
+    (tmp_path / "v" / "adapter_config.json").write_text(json.dumps(words))
+    write_checkpoint(tmp_path / "target", {f"{at}.w13": torch.zeros(4, 10, 6)})
+    entry = {"adapter": "v", "rename": [{"from": f"{at}.gate_up_proj", "to": f"{at}.w13"}]}
+    recipe = write_recipe(tmp_path, "target + lam * v", models={"target": "target", "v": entry})
+    assert read_checkpoint(skillmerge.apply(recipe, tmp_path / "out").output)[f"{at}.w13"].any()
 
 
 RECIPES = {

@@ -126,6 +126,18 @@ def test_parts_that_are_no_sums(tmp_path: Path, name: str) -> None:
     assert run_cli("apply", recipe).returncode == 0
 
 
+def test_rows_of_tokens_of_two_adapters_are_left_out(tmp_path: Path) -> None:
+    """Neither says how many rows there are."""
+    write_all(tmp_path)
+    for name, row in (("a", 3), ("b", 9)):
+        rows = {"model.embed_tokens.token_adapter.trainable_tokens_delta": (1, 8)}
+        add(tmp_path / name, rows, trainable_token_indices=[row])
+    recipe = write_out(tmp_path, "a + b", {"a": A, "b": B})
+    refused(tmp_path, recipe, "replaces tensors, which cannot be put side by side", "leave these tensors out")
+    recipe.write_text(json.dumps({**json.loads(recipe.read_text()), "ignore": ["model.embed_tokens.weight"]}))
+    assert run_cli("apply", recipe).returncode == 0
+
+
 def test_biases_have_to_be_in_all_modules(tmp_path: Path) -> None:
     write_all(tmp_path)
     base = load_file(tmp_path / "base" / "model.safetensors")

@@ -122,16 +122,19 @@ def _model(recipe: Recipe, adapters: Mapping[str, Adapter], base: Checkpoint | N
     tensors: dict[str, TensorSpec] = {}
     for name, adapter in adapters.items():
         tensors |= own_tensors(adapter, recipe.entries[name].renames)
+    described = frozenset(tensors)
     for name, adapter in adapters.items():
         for tensor, shape in _replaced(adapter):
             named = replaced(tensor, recipe.entries[name].renames)
-            tensors.setdefault(named, TensorSpec(named, "F32", shape, adapter.file))
+            if named not in described:
+                most = max(shape, tensors[named].shape) if named in tensors else shape
+                tensors[named] = TensorSpec(named, "F32", most, adapter.file)
     return Model("another adapter", tensors, {})
 
 
 def _replaced(adapter: Adapter) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield the tensors that an adapter replaces, of which it describes at least as much as this. The output does
-    without them, or is refused."""
+    """Yield the tensors that an adapter replaces, of which it describes at least as much as this: its highest row
+    may be below another's. The output does without them, or is refused."""
     for name, stored in adapter.parts.replaced.items():
         yield name, stored.shape
     for rows in adapter.parts.rows:

@@ -38,6 +38,12 @@ class Adapter(Dense):
         """The weight file."""
         return next(iter(self.files))
 
+    @property
+    def changed(self) -> list[str]:
+        """The tensors that are changed, by its own names, and all parameters that a pair may be for."""
+        parameters = (f"{pair.module}.{it}" for pair in self.parts.pairs for it in self.lora.parameters)
+        return [*self.parts.names, *parameters]
+
     def check_unchanged(self, files: Collection[str] | None = None) -> None:
         self.store.check_unchanged([self.file, self.file.replace(WEIGHTS, CONFIG_FILE)])
 

@@ -103,7 +103,8 @@ class Parts:
     def names(self) -> list[str]:
         """The tensors that are changed, as the adapter calls them."""
         modules = [*(pair.module for pair in self.pairs), *(item.module for item in self.rows)]
-        return [*(f"{module}.weight" for module in modules), *self.replaced]
+        biases = (f"{pair.module}.bias" for pair in self.pairs if pair.bias is not None)
+        return [*(f"{module}.weight" for module in modules), *biases, *self.replaced]
 
 
 def parts_of(tensors: Iterable[StoredTensor], config: LoraConfig, place: str) -> Parts:
