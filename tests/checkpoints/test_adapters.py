@@ -134,6 +134,17 @@ def test_any_part_is_that_part_of_the_whole(
             assert read_bytes(again, tensor, first, count) == content[4 * first : 4 * (first + count)]
 
 
+def test_matrices_are_kept_up_to_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = lora.open("uri", Folder(adapter("experts_on_split") / "adapter"))
+    sizes, matrices = [spec.nbytes for spec in opened.tensors.values()], low_rank.Matrices(opened)
+    monkeypatch.setattr(low_rank, "KEPT_BYTES", 2 * max(sizes))
+    for spec in 2 * list(opened.tensors.values()):
+        matrices._matrix(spec)
+        assert 0 < matrices._bytes <= 2 * max(sizes)
+        assert matrices._bytes == sum(it.nbytes for it in matrices._kept.values())
+    assert sum(sizes) > 2 * max(sizes)
+
+
 @pytest.mark.parametrize("name", ["linear", "tokens", "modules_to_save", "bias", "experts_on_split"])
 def test_what_is_read_together_goes_where_it_belongs(name: str) -> None:
     """Elements are widened in place: neighbors, and what lies between the pieces, stay as they are."""

@@ -172,15 +172,15 @@ HEADERS = cases(4, [
     ("header: half a character in metadata", "not a table of strings",
         header(f'{{"__metadata__":{{"x":"\\ud800"}},"a":{info()}}}', b"x")),
     ("header: no tensors", "holds no tensors", header("{}")),
-    ("header: a bomb of empty lists", "more than 1,000,000 parts", header('{"a":[' + "[]," * 2_000_000 + "[]]}")),
-    ("header: a bomb of metadata", "more than 1,000,000 parts",
-        lambda f: header('{"__metadata__":{' + ",".join(f'"{n}":""' for n in range(900_000)) + "}}")(f)),
-    ("header: a bomb of tables", "more than 1,000,000 parts",
-        lambda f: header("{" + ",".join(f'"{n}":{{}}' for n in range(900_000)) + "}")(f)),
-    ("header: a bomb of a shape", "more than 1,000,000 parts", tensor(shape=[1] * 3_000_000)),
+    ("header: a bomb of empty lists", "more than 2,000,000 parts", header('{"a":[' + "[]," * 3_000_000 + "[]]}")),
+    ("header: a bomb of metadata", "more than 2,000,000 parts",
+        lambda f: header('{"__metadata__":{' + ",".join(f'"{n}":""' for n in range(1_100_000)) + "}}")(f)),
+    ("header: a bomb of tables", "more than 2,000,000 parts",
+        lambda f: header("{" + ",".join(f'"{n}":{{}}' for n in range(1_100_000)) + "}")(f)),
+    ("header: a bomb of a shape", "more than 2,000,000 parts", tensor(shape=[1] * 3_000_000)),
     ("index: a bomb of empty lists", "parts", index_is('{"metadata": [' + "[]," * 10_000_000 + "[]]}")),
-    ("header: a bomb of keys", "more than 1,000,000 parts",
-        lambda f: header("{" + ",".join(f'"{n}":0' for n in range(700_000)) + "}")(f)),
+    ("header: a bomb of keys", "more than 2,000,000 parts",
+        lambda f: header("{" + ",".join(f'"{n}":0' for n in range(1_100_000)) + "}")(f)),
 ])  # fmt: skip
 
 FILES = cases(4, [

@@ -88,6 +88,8 @@ class Matrices:
     def __init__(self, adapter: Adapter) -> None:
         self._adapter = adapter
         self._kept: OrderedDict[tuple[str, int], Tensor] = OrderedDict()
+        self._bytes = 0
+        """Of what is kept, which may be a hundred thousand small matrices: counting them each time would take hours."""
         self._norms: dict[str, Tensor] = {}
         self._confirmed: set[Same] = set()
         self._lock = threading.Lock()
@@ -196,9 +198,11 @@ class Matrices:
                 return found
         made = make()
         with self._lock:
+            if key in self._kept:  # another thread was faster
+                return self._kept[key]
             self._kept[key] = made
-            size = sum(it.numel() * it.element_size() for it in self._kept.values())
-            while size > KEPT_BYTES and len(self._kept) > 1:
+            self._bytes += made.nbytes
+            while self._bytes > KEPT_BYTES and len(self._kept) > 1:
                 _, old = self._kept.popitem(last=False)
-                size -= old.numel() * old.element_size()
+                self._bytes -= old.nbytes
         return made
