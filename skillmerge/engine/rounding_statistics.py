@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -218,10 +219,10 @@ def total_of(tensor: TensorPlan, blocks: Mapping[int, BlockStatistics]) -> Tenso
     found = total(blocks.values(), tensor.merged)
     if not tensor.slices:
         return found
-    terms = []
+    terms, starts = [], sorted(blocks)
     for piece in tensor.slices:
-        first, last = piece.span
-        inside = [block for start, block in blocks.items() if first <= start < last]
+        low, high = (bisect_left(starts, end) for end in piece.span)
+        inside = [blocks[start] for start in starts[low:high]]
         if (lam := factor(piece)) is None and inside:
             return found
         terms += [(block.uu / lam / lam, block.uu / lam, block.du / lam) for block in inside if lam]

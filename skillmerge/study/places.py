@@ -43,7 +43,7 @@ def refuse_alone(uri: str, access: Access) -> None:
     """Raise UsageError for a place that is no update in itself."""
     path = Path(uri)
     if path.is_dir() and not (path / SKILL_FILE).exists() and not adapter.claims(Folder(path)):
-        named = [str(path / name) for name in adapter.names_in(Folder(path))]
+        named = [str(path / name) for name in adapter.names_in(Folder(path)) if name]
         raise UsageError(
             f"{path} is a folder, but not a skill",
             fix=f"pass one of its adapters: {some(named, NEAR)}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,11 @@ import torch
 from conftest import read_checkpoint, run_cli, write_checkpoint, write_family, write_recipe
 
 import skillmerge
-from skillmerge.engine.rounding_statistics import SAMPLE_STRIDE, is_sampled
+from skillmerge.engine.rounding_statistics import SAMPLE_STRIDE, BlockStatistics, is_sampled, total_of
+from skillmerge.methods.linear import compile_term
+from skillmerge.methods.terms import Leaf, Scaled, Sum
+from skillmerge.plans.plan import TensorPlan
+from skillmerge.tensors import BLOCK
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 
@@ -96,3 +102,21 @@ def test_statistics_can_be_off(tmp_path: Path) -> None:
     result = skillmerge.apply(write_family(tmp_path), stats="off")
     assert result.manifest.statistics.mode == "off"
     assert not any(tensor.statistics for tensor in result.manifest.tensors)
+
+
+def test_experts_that_all_differ_take_no_longer_than_their_blocks() -> None:
+    """A tensor of 4,000 experts and 20 blocks of each, as large models have hundreds of."""
+    experts, each = 4000, 20
+    slices = []
+    for expert in range(experts):
+        term = Sum(Leaf("t"), Scaled(Sum(Leaf("rl"), Leaf("sft"), True), 0.5 + expert % 2, divide=False), False)
+        piece = TensorPlan("n", "BF16", (experts, each, BLOCK), "merge", (), (), compile_term(term))
+        slices.append(replace(piece, experts=(expert, expert + 1)))
+    tensor = TensorPlan("n", "BF16", (experts, each, BLOCK), "merge", (), slices=tuple(slices))
+    blocks = {at * BLOCK: BlockStatistics(BLOCK, 1, 0, 1, 4.0, 2.0, 1.0, 1.0) for at in range(experts * each)}
+    started = time.process_time()
+    found = total_of(tensor, dict(reversed(blocks.items())))
+    assert time.process_time() - started < 2
+    lambdas = [0.5, 1.5] * (experts * each // 2)
+    assert found.vv == pytest.approx(sum(4 / lam / lam for lam in lambdas), rel=1e-12)
+    assert found.dv == pytest.approx(sum(2 / lam for lam in lambdas), rel=1e-12)

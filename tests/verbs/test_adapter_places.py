@@ -184,11 +184,17 @@ def test_report_counts_what_rules_select(family: Path) -> None:
 def test_commands_say_which_order_and_which_folder_is_meant(family: Path) -> None:
     (family / "all").mkdir()
     shutil.copytree(family / "rl", family / "all" / "rl")
+    shutil.copytree(family / "rl", family / "both")
+    shutil.copytree(family / "base", family / "both", dirs_exist_ok=True)
     asked = {
         ("inspect", "rl", "base"): (
             "error: rl is an adapter, which changes a model\nhelp: pass the model first: `skillmerge inspect base rl`\n"
         ),
         ("inspect", "all"): "error: all is a folder, but not a skill\nhelp: pass one of its adapters: all/rl\n",
+        ("inspect", "both"): (
+            "error: both is a folder, but not a skill\n"
+            "help: pass two models, before and after, or a recipe, or skills\n"
+        ),
         ("extract", "--from", "base", "--minus", "rl", "-o", "skill"): (
             "error: rl is an adapter, and base is none: the difference depends on the model that the adapter is for\n"
             "help: write a recipe with `output: {kind: skill}`, `merge: rl - sft` and "

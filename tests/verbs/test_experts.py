@@ -19,7 +19,9 @@ from torch import Tensor
 
 import skillmerge
 from skillmerge.checkpoints.views.spooled import Spooled
+from skillmerge.engine.measures.cells import cells, rows_of
 from skillmerge.errors import RecipeError
+from skillmerge.outputs import manifest
 from skillmerge.tensors import BLOCK, CHUNK
 
 COUNT = 5
@@ -135,6 +137,14 @@ def test_experts_that_stay_leave_a_packed_tensor_its_lambda(tmp_path: Path, edit
         found.append(statistics_of(tmp_path / layout / "merged"))
     for key in ("asked_lambda", "realised_lambda"):
         assert found[0][key] == pytest.approx(found[1][key], rel=1e-9), key
+
+
+def test_layers_of_a_report_show_shares_of_what_was_requested_in_both_layouts(tmp_path: Path) -> None:
+    """A manifest has lambda of packed experts alone: beside it, the shares of all others would pass for lambdas."""
+    for layout in ("split", "packed"):
+        made = skillmerge.apply(family(tmp_path / layout, getattr(layouts, layout), SIZES[1]), stats="full")
+        found = {cell.kind: cell.group.shown[0] for cell in cells(rows_of(manifest.read(made.output).tensors))}
+        assert found == {"router": "1", "expert": "1"}, layout
 
 
 def test_the_plan_and_the_manifest_have_the_slices(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from skillmerge.engine.rounding_statistics import Group, Row, TensorStatistics, group
@@ -93,9 +93,15 @@ class Measured(Protocol):
 
 
 def rows_of(tensors: Iterable[Measured], factors: Mapping[str, float | None] | None = None) -> list[Row]:
-    """Return rows of a manifest's tensors. factors: lambda of each, which a manifest does not have."""
-    known = factors or {}
-    return [Row(it.name, it.action == "merge", it.statistics, known.get(it.name)) for it in tensors]
+    """Return rows of a manifest's tensors. factors: lambda of each, which a manifest does not have. Without them it is
+    left out of packed experts too, whose statistics tell it: all cells show shares of what was requested."""
+    if factors is None:
+        return [Row(it.name, it.action == "merge", _without_lambda(it.statistics)) for it in tensors]
+    return [Row(it.name, it.action == "merge", it.statistics, factors.get(it.name)) for it in tensors]
+
+
+def _without_lambda(statistics: TensorStatistics | None) -> TensorStatistics | None:
+    return replace(statistics, vv=None, uv=None, dv=None) if statistics is not None else None
 
 
 def cells(rows: Iterable[Row]) -> list[Cell]:

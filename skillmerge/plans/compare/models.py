@@ -207,7 +207,7 @@ def _skills(
     checkpoints: Mapping[str, Checkpoint], donor: Sequence[str], skills: Sequence[str], roles: Roles
 ) -> _Subjects:
     """Return the subjects of stored skills. donor: the model that they are compared with, unless that is a skill."""
-    moving = [name for name in skills if roles[name].tokens]
+    moving = [name for name in skills if name in roles and roles[name].tokens]
     holders = {*donor, *moving} if moving else set()
     unknown = [name for name in (*donor, *skills) if name in holders and not _says_tokens(checkpoints[name])]
     known = [name for name in moving if name not in unknown]

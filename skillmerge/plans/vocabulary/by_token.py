@@ -247,7 +247,7 @@ def _views(family: _Family) -> dict[str, Checkpoint]:
             for tensor, read in ((source, name), *((copy, copy) for copy in _copies(family, model, source))):
                 if (matrix := rows.matrix(model, tensor, read)) is not None:
                     own[read] = matrix
-            if name in own and not family.is_skill(model):
+            if not family.is_skill(model):
                 fixed.setdefault(model, {})[name] = rows.fixed
     _refuse_lost(family, told)
     views: dict[str, Checkpoint] = {

@@ -195,3 +195,11 @@ def test_tokens_are_read_as_they_were_written() -> None:
     tokens = {0: "a", 2: 'Ġ"quoted"\n', 3: "a", 5: "\ud800"}
     assert skill_tokens(skill_tokens_text(tokens).encode()).tokens == tokens
     assert skill_tokens(skill_tokens_text({}).encode()).tokens == {}
+
+
+def test_skill_whose_factors_are_all_zero_is_planned(tmp_path: Path) -> None:
+    """The donor is a skill that has no part in the formula."""
+    skill(tmp_path)
+    models, output = {"math": {"skill": "math"}}, {"kind": "skill", "path": "zero"}
+    recipe = write_recipe(tmp_path, "lam * math", models=models, coefficients={"lam": 0}, output=output)
+    assert {it.action for it in skillmerge.plan(recipe).tensors.values()} == {"zero"}

@@ -202,3 +202,17 @@ def test_adapters_rows_are_matched_by_token_too(tmp_path: Path) -> None:
             wanted[row] = (ours[row].astype(np.float64) + product[places[word]].astype(np.float64)).astype(np.float32)
     assert same_bits(made[EMBEDDING], wanted)
     assert torch.equal(made[HEAD], read_checkpoint(tmp_path / "target")[HEAD])
+
+
+def test_rows_that_no_token_names_stay_as_they_are_with_skills_alone(tmp_path: Path) -> None:
+    """Also where the method rounds, and no model but the donor, whose rows are its own, says which they are."""
+    words: Words = [*BASE, "<tool>", None, None]
+    for seed, name in enumerate(("target", "rl", "sft")):
+        write_model(tmp_path / name, words, seed, dtype=torch.float64, width=64)
+    skillmerge.extract(tmp_path / "rl", tmp_path / "sft", tmp_path / "skill")
+    models = {"target": "target", "v": {"skill": "skill"}}
+    merge = "multislerp(target, target + v, target + 0.5 * v)"
+    recipe = write_recipe(tmp_path, merge, models=models, **by_token(coefficients=None, accept=["update-size"]))
+    made = read_checkpoint(skillmerge.apply(recipe, tmp_path / "out").output)
+    for matrix in (EMBEDDING, HEAD):
+        assert torch.equal(made[matrix][9:], read_checkpoint(tmp_path / "target")[matrix][9:])
