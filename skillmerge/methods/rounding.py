@@ -62,8 +62,8 @@ def _narrowed(value: Tensor, dtype: torch.dtype) -> Tensor:
     nearest = value.to(torch.float32)
     # Two roundings differ from one only where the first ends halfway between two bfloat16. That is rare, unless the
     # update is half a unit everywhere.
-    (halfway,) = ((nearest.view(torch.int32) & 0xFFFF) == 0x8000).nonzero(as_tuple=True)
-    if halfway.numel() > value.numel() >> 3:
+    halfway = ((nearest.view(torch.int32) & 0xFFFF) == 0x8000).nonzero(as_tuple=True)
+    if halfway[0].numel() > value.numel() >> 3:
         return _round_to_odd(value)
     nearest[halfway] = _round_to_odd(value[halfway])
     return nearest
