@@ -136,7 +136,7 @@ class OnRay(Collector):
             except StalePlan as error:
                 if wanted:
                     raise self._in_words(error) from None
-            except Exception:
+            except Exception:  # of any kind, it is no matter where another task has made the same shards
                 if wanted:
                     raise
         self._make_up(staging, missing)
