@@ -93,7 +93,7 @@ def own_tensors(adapter: Adapter, rename: Sequence[tuple[str, str]]) -> dict[str
     found: dict[str, TensorSpec] = {}
     for pair in adapter.parts.pairs:
         (rank, inputs), outputs = pair.a.shape, pair.b.shape[0]
-        if rank != adapter.lora.rank(adapter.lora.key(pair.module)):
+        if rank != adapter.lora.rank(pair.module):
             raise _rank_error(adapter, pair, "parameters of several experts, " if adapter.lora.parameters else "")
         is_head = module_kind(f"{pair.module}.weight") == "head"
         swapped = pair.embedding or (adapter.lora.transposed and not is_head)
@@ -184,8 +184,7 @@ def _with_tied(adapter: Adapter, model: Model, rename: Sequence[tuple[str, str]]
 def _product(adapter: Adapter, pair: Pair, model: Model, spec: TensorSpec, turned: bool | None) -> Product:
     """Return B A on a matrix. turned: as `_is_turned` says. Raises InputError where it does not fit."""
     (rank, inputs), outputs = pair.a.shape, pair.b.shape[0]
-    key = adapter.lora.key(pair.module)
-    if rank != adapter.lora.rank(key):
+    if rank != adapter.lora.rank(pair.module):
         raise _rank_error(adapter, pair)
     _check_float(adapter, spec, model)
     ways = {(outputs, inputs): False, (inputs, outputs): True}
@@ -201,7 +200,7 @@ def _product(adapter: Adapter, pair: Pair, model: Model, spec: TensorSpec, turne
     for copy in pair.copies:
         _fit(adapter, model, spec, copy)
     transposed = pair.embedding or ways[spec.shape]
-    return Product(pair, adapter.lora.scale(key), 1, *spec.shape, transposed)
+    return Product(pair, adapter.lora.scale(pair.module), 1, *spec.shape, transposed)
 
 
 def _is_turned(adapter: Adapter, model: Model, rename: Sequence[tuple[str, str]]) -> bool | None:
@@ -318,7 +317,7 @@ def _shape_error(adapter: Adapter, model: Model, spec: TensorSpec, pair: Pair, f
 
 
 def _rank_error(adapter: Adapter, pair: Pair, what: str = "") -> InputError:
-    rank = adapter.lora.rank(adapter.lora.key(pair.module))
+    rank = adapter.lora.rank(pair.module)
     return InputError(
         f"{_at(adapter)}: `{pair.a.name}` has rank {pair.a.shape[0]}, and {adapter.lora.where} gives it {rank}"
         + (f" ({what}which only a model can say)" if what else ""),

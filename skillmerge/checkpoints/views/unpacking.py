@@ -47,7 +47,7 @@ def products_of(adapter: Adapter, pairs: Sequence[Pair], model: Model, rename: S
 
 
 def _matrix(adapter: Adapter, pair: Pair, rename: Sequence[tuple[str, str]]) -> tuple[str, Product]:
-    rows, columns, scale = pair.b.shape[0], pair.a.shape[1], adapter.lora.scale(adapter.lora.key(pair.module))
+    rows, columns, scale = pair.b.shape[0], pair.a.shape[1], adapter.lora.scale(pair.module)
     return replaced(f"{pair.module}.weight", rename), Product(pair, scale, 1, rows, columns, False)
 
 
@@ -84,7 +84,7 @@ def _parameter(
                 found.append((name, Product(pair, adapter.lora.scale(named), experts, *sides, transposed)))
     if len(found) > 1:
         raise ambiguous(adapter, pair, [name for name, _ in found])
-    if not found and pair.a.shape[0] != adapter.lora.rank(adapter.lora.key(pair.module)):
+    if not found and pair.a.shape[0] != adapter.lora.rank(pair.module):
         raise no_module(adapter, pair, model, rename)
     return found[0] if found else None
 

@@ -80,22 +80,22 @@ class LoraConfig:
     tokens: Mapping[str | None, tuple[int, ...]] = field(default_factory=dict)
     base: str | None = None
 
-    def key(self, module: str) -> str:
-        """Return what patterns call a module's weight: the module, or the parameter if `target_parameters` has it."""
-        parts = f"{module}.weight".split(".")
-        named = any(".".join(parts[start:]) in self.weights for start in range(len(parts)))
-        return f"{module}.weight" if named else module
-
     def rank(self, name: str) -> int:
         """Return the rank of a module, or of a parameter of `target_parameters`."""
-        found = self.ranks.number(name)
+        found = self.ranks.number(self._key(name))
         return self.r if found is None else int(found)
 
     def scale(self, name: str) -> float:
         """Return the factor of B A: alpha / r, or alpha / sqrt(r) with rank-stabilized LoRA."""
-        found, rank = self.alphas.number(name), self.rank(name)
+        found, rank = self.alphas.number(self._key(name)), self.rank(name)
         alpha = self.alpha if found is None else found
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
+
+    def _key(self, name: str) -> str:
+        """Return what patterns call a module's weight: the module, or the parameter if `target_parameters` has it."""
+        parts = f"{name}.weight".split(".")
+        named = any(".".join(parts[start:]) in self.weights for start in range(len(parts)))
+        return f"{name}.weight" if named else name
 
 
 def read_config(store: Store, file: str) -> LoraConfig:

@@ -51,7 +51,7 @@ def _are_alike(embedding: Pair, head: Pair, config: LoraConfig) -> bool:
         and not head.embedding
         and not (embedding.magnitude or head.magnitude or head.bias)
         and (embedding.a.shape, embedding.b.shape) == (head.b.shape[::-1], head.a.shape[::-1])
-        and config.scale(config.key(embedding.module)) == config.scale(config.key(head.module))
+        and config.scale(embedding.module) == config.scale(head.module)
     )
 
 
